@@ -49,7 +49,7 @@ def kept_tiles(card: Gpu, triton: str) -> dict[str, AnyTile]:
     """The tiles that are kept for a card, by key, of code that this version of Triton made."""
     data = kept.get(KIND, _key(card, triton))
     if data is not None:
-        with suppress(ValueError, TypeError, AttributeError):
+        with suppress(ValueError, LookupError, TypeError, AttributeError):
             return {key: tile_of(tile) for key, tile in json.loads(data).items()}
     return {}
 

@@ -15,7 +15,10 @@ def tune(
     entry: Annotated[
         list[str] | None,
         options.unset(
-            "--entry", metavar="E", help="Only this entry: decode, extend, prefill; repeatable."
+            "--entry",
+            metavar="E",
+            help="Only this entry: decode_few, decode, extend, prefill, as OUT has them;"
+            " repeatable.",
         ),
     ] = None,
     budget: Annotated[

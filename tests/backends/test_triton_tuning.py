@@ -14,10 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dsc import kept
+from dsc.backends.triton import choices
 from dsc.backends.triton.blocks import AnyTile, tile_json
 from dsc.backends.triton.launch import LaunchProgram
 from dsc.backends.triton.program import lower_program
 from dsc.backends.triton.tuning import apart, others, rounds
+from dsc.hardware import Gpu
 from dsc.ir.index_ranges import giving_indices
 from dsc.ir.parser import parse_program
 from dsc.ir.program import Program
@@ -242,6 +245,14 @@ def test_kernels_of_another_triton_or_of_other_sources_are_not_tuned(bench: Benc
     )
     assert done.returncode == 2
     assert "plan or kernels are not those that this version" in done.stderr
+
+
+@pytest.mark.parametrize("data", ['{"k": {"m": 1}}', '{"k": "m"}', '["k"]', "{", '{"k": {"x": 1}}'])
+def test_what_is_kept_and_is_no_tile_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch, data: str
+) -> None:
+    monkeypatch.setattr(kept, "get", lambda *_: data.encode())
+    assert choices.kept_tiles(Gpu("fake", TARGET, 10**9), "3.5") == {}
 
 
 def test_an_entry_that_is_none_is_refused(bench: Bench) -> None:
