@@ -32,7 +32,7 @@ from tests.backends.canonical_lm import Sizes, canonical_lm
 
 pytest.importorskip("triton")
 
-ROWS, VOCAB = 24, 70
+ROWS, VOCABS = 24, (70, 9000)
 CHOICES = [
     Choice(1.0), Choice(0.6, 5), Choice(1.3, 0, 0.7), Choice(2.0, 40, 0.9, 0.05), Choice(),
     Choice(1.0, 0, 1.0, 0.2), Choice(0.9, 1), Choice(1.0, 0, 0.0), Choice(3.0, 200, 0.5),
@@ -41,10 +41,11 @@ CHOICES = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    with sampling(tmp_path_factory.mktemp("sample"), ROWS, VOCAB) as executable:
-        yield executable
+@pytest.fixture(scope="module", params=VOCABS)
+def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """An executable, and how many tokens its rows have."""
+    with sampling(tmp_path_factory.mktemp("sample"), ROWS, request.param) as executable:
+        yield executable, request.param
 
 
 @contextmanager
@@ -67,8 +68,12 @@ def sampling(folder: Path, rows: int, vocab: int) -> Iterator[Any]:
 @pytest.mark.parametrize("step", [0.0, 2.0])
 @pytest.mark.parametrize("scale", [1.0, 1e34])
 def test_the_kernels_draw_what_the_host_draws(kernel: Any, step: float, scale: float) -> None:
-    """Scores apart, and in steps, so that many are equal; some beyond what a float holds."""
-    logits = np.random.default_rng(3).normal(0, 3, (ROWS, VOCAB)).astype(np.float32)
+    """Scores apart, and in steps, so that many are equal; some beyond what a float holds.
+
+    Of the wide rows some have a shortlist and some, as those of many equals, are read as a whole.
+    """
+    executable, vocab = kernel
+    logits = np.random.default_rng(3).normal(0, 3, (ROWS, vocab)).astype(np.float32)
     logits = (logits / step).round() * np.float32(step) if step else logits
     logits[7, 3:] = logits[::3, ::4] = -np.inf
     logits *= np.float32(scale)
@@ -81,7 +86,7 @@ def test_the_kernels_draw_what_the_host_draws(kernel: Any, step: float, scale: f
         "x0": torch.tensor(logits)[:, None], "x1": torch.tensor([c.row for c in choices]),
         "x2": torch.tensor(seeds),
     }  # fmt: skip
-    (found,) = kernel.run("main", given).values()
+    (found,) = executable.run("main", given).values()
     assert found[:, 0].tolist() == wanted
     for token, row, choice in zip(wanted, logits, choices, strict=True):
         if choice.temperature >= 1e-5:
@@ -114,19 +119,21 @@ def test_logits_that_give_no_token_give_minus_one(tmp_path: Path) -> None:
 
 
 def test_a_choice_costs_what_it_reads_of_the_logits() -> None:
-    """Twice, for limits and for draws, however often limits look: the rest is the cache's."""
+    """Thrice, as each kernel's first look does, however often one looks: the rest is a cache's."""
     rows, vocab = 3, 9000
     model = giving_ids(canonical_lm(Sizes(layers=1, dense=0, vocab=vocab), 4, 40))
     plan = lower_program(model, "cuda:sm_90")[0].plan()
     costs = step_costs(model, plan, rows, 1, 8)
-    limits, parts, best = [c for c in costs if c.node == "ids"]
+    shortlist, limits, parts, best = [c for c in costs if c.node == "ids"]
     logits, each = 4 * rows * vocab, 8 * rows * -(-vocab // 1024)
-    assert (limits.activations, parts.activations) == (
-        logits + 24 * rows,
+    listed = rows * 4 * 4096
+    assert [c.activations for c in (shortlist, limits, parts)] == [
+        logits + listed + 28 * rows,
+        logits + listed + 36 * rows,
         logits + 40 * rows + each,
-    )
+    ]
     assert best.activations == each + 8 * rows
-    assert not any(c.weights or c.caches or c.flops for c in (limits, parts, best))
+    assert not any(c.weights or c.caches or c.flops for c in (shortlist, limits, parts, best))
 
 
 def test_ids_are_given_beside_logits_and_never_twice() -> None:

@@ -1,9 +1,13 @@
 """Tokens chosen from logits on the device, as `dsc.ir.choosing` does it on the host.
 
-Three kernels: what is left out of a row, the best of each part of it, the best of all. Nothing is
-sorted: the bits of a float that are read as an integer have its order, so that the least score that
-is kept is found by halving the integers, 32 looks at a row. Looks cost a row's bytes from the
-second-level cache, and are made only where something is to be left out.
+Four kernels: which tokens of a row may stay, what is left out of it, the best of each part of it,
+the best of all. Nothing is sorted: the bits of a float that are read as an integer have its order,
+so that the least score that is kept is found by halving the integers, 32 looks. Most rows are read
+two or three times for that: of columns that lie BLOCK apart the largest is known after one look,
+and where `count` of these largest, or the mass that is asked for, lie from a score on, the least
+that is kept is no smaller. So few tokens are from there on, in general, that looks at them are
+looks at registers; where they are more than BLOCK, looks go over the row. All this only where
+something is to be left out.
 
 Scores are logits by temperature in units of 1 / UNIT, a power of two, so that none overflows at the
 least temperature; sums and comparisons are those of scores, bit for bit.
@@ -17,19 +21,127 @@ import triton
 import triton.language as tl
 
 
+LOWEST = tl.constexpr(-2139095041)
+"""The integer of minus infinity."""
+
+
+@triton.jit
+def _key(s):
+    """The bits of scores as integers of the same order."""
+    bits = s.to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def _score(key):
+    """The score of such an integer."""
+    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _scored(x, temperature, UNIT: tl.constexpr):
+    """Scores of logits and their integers; a zero has no sign."""
+    s = tl.div_rn(x.to(tl.float32) * UNIT, temperature) + 0.0
+    return s, _key(s)
+
+
 @triton.jit
 def _scores(x_at, at, temperature, V: tl.constexpr, UNIT: tl.constexpr):
-    """Scores of tokens, and their bits as integers of the same order; a zero has no sign."""
-    x = tl.load(x_at + at, mask=at < V, other=float("-inf"))
-    s = tl.div_rn(x.to(tl.float32) * UNIT, temperature) + 0.0
-    bits = s.to(tl.int32, bitcast=True)
-    return s, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    """Scores of tokens and their integers; those of minus infinity at V and behind."""
+    return _scored(tl.load(x_at + at, mask=at < V, other=float("-inf")), temperature, UNIT)
+
+
+@triton.jit
+def sample_shortlist(
+    logits,
+    sampling,
+    places,
+    listed,
+    facts,
+    L,
+    l_row,
+    V: tl.constexpr,
+    LEAST: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Tokens among which are all that top-k and top-p keep of each row; grid (rows,).
+
+    places i32[rows, BLOCK] has them in their order, where listed i32[rows], which is how many they
+    are, is BLOCK at most. facts f32[rows, 2] are the best score and, where there is no top-k, the
+    mass of all.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    options = sampling + row // L * 4
+    temperature = tl.load(options)
+    count = tl.load(options + 1)
+    mass = tl.load(options + 2)
+    share = tl.load(options + 3)
+    found = 0
+    peak = 0.0
+    total = 0.0
+    if (temperature >= LEAST) & ((count > 0.0) | (mass < 1.0) | (share > 0.0)):
+        x_at = logits + row * l_row
+        v = tl.arange(0, BLOCK)
+        largest = tl.full((BLOCK,), float("-inf"), tl.float32)
+        for start in range(0, V, BLOCK):
+            x = tl.load(x_at + start + v, mask=start + v < V, other=float("-inf"))
+            largest = tl.maximum(largest, x.to(tl.float32))
+        s, b = _scored(largest, temperature, UNIT)
+        peak = tl.max(s, axis=0)
+        if (count > 0.0) | (mass < 1.0):
+            weights = tl.full((BLOCK,), 1.0, tl.float32)
+            wanted = count
+            if count == 0.0:
+                masses = tl.zeros((BLOCK,), tl.float32)
+                for start in range(0, V, BLOCK):
+                    each, key = _scores(x_at, start + v, temperature, V, UNIT)
+                    masses += tl.exp((each - peak) / UNIT)
+                total = tl.sum(masses, axis=0)
+                weights = tl.exp((s - peak) / UNIT)
+                wanted = mass * total * (1.0 + 2.0**-16)  # more than sums in another order are off
+            low = tl.full((), LOWEST, tl.int64)
+            high = _key(peak).to(tl.int64)
+            while low < high:
+                middle = (low + high + 1) >> 1
+                enough = tl.sum(tl.where(b >= middle, weights, 0.0), axis=0) >= wanted
+                low = tl.where(enough, middle, low)
+                high = tl.where(enough, high, middle - 1)
+            for start in range(0, V, BLOCK):
+                at = start + v
+                each, key = _scores(x_at, at, temperature, V, UNIT)
+                kept = ((key >= low) & (at < V)).to(tl.int32)
+                to = found + tl.cumsum(kept, axis=0) - 1
+                tl.store(places + row * BLOCK + to, at, mask=(kept > 0) & (to < BLOCK))
+                found += tl.sum(kept, axis=0)
+    tl.store(listed + row, found)
+    tl.store(facts + row * 2, peak)
+    tl.store(facts + row * 2 + 1, total)
+
+
+@triton.jit
+def _above(
+    low, s, b, at, x_at, end, peak, temperature,
+    V: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """How many scores are above one of an integer, and what they weigh."""
+    more = ((b > low) & (at < V)).to(tl.int32)
+    masses = tl.where(b > low, tl.exp((s - peak) / UNIT), 0.0)
+    for start in range(BLOCK, end, BLOCK):
+        after = start + tl.arange(0, BLOCK)
+        each, key = _scores(x_at, after, temperature, V, UNIT)
+        more += ((key > low) & (after < V)).to(tl.int32)
+        masses += tl.where(key > low, tl.exp((each - peak) / UNIT), 0.0)
+    return tl.sum(more, axis=0), tl.sum(masses, axis=0)
 
 
 @triton.jit
 def sample_limits(
     logits,
     sampling,
+    places,
+    listed,
+    facts,
     limits,
     first,
     L,
@@ -41,7 +153,8 @@ def sample_limits(
 ):
     """What each row keeps; grid (rows,).
 
-    Scores above limits f32[rows], and of those equal to it tokens from first i32[rows] on.
+    Scores above limits f32[rows], and of those equal to it tokens from first i32[rows] on. The
+    first BLOCK tokens that are looked at stay in registers: the shortlist, or the row's first.
     """
     row = tl.program_id(0).to(tl.int64)
     options = sampling + row // L * 4
@@ -54,71 +167,55 @@ def sample_limits(
     if (temperature >= LEAST) & ((count > 0.0) | (mass < 1.0) | (share > 0.0)):
         x_at = logits + row * l_row
         v = tl.arange(0, BLOCK)
-        top = tl.full((BLOCK,), float("-inf"), tl.float32)
-        for start in range(0, V, BLOCK):
-            s, b = _scores(x_at, start + v, temperature, V, UNIT)
-            top = tl.maximum(top, s)
-        peak = tl.max(top, axis=0)
-        bits = peak.to(tl.int32, bitcast=True)
-        highest = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
-        low = tl.full((), -2139095041, tl.int64)  # of minus infinity
-        high = highest
+        found = tl.load(listed + row)
+        few = found <= BLOCK
+        there = v < tl.where(few, found, 0)
+        at = tl.load(places + row * BLOCK + v, mask=there, other=V)
+        at = tl.where(few, at, v)
+        end = tl.where(few, 0, V)
+        s, b = _scores(x_at, at, temperature, V, UNIT)
+        peak = tl.load(facts + row * 2)
+        low = tl.full((), LOWEST, tl.int64)
+        high = _key(peak).to(tl.int64)
         if count > 0.0:
             while low < high:
                 middle = (low + high + 1) >> 1
-                held = tl.zeros((BLOCK,), tl.int32)
-                for start in range(0, V, BLOCK):
-                    s, b = _scores(x_at, start + v, temperature, V, UNIT)
-                    held += ((b >= middle) & (start + v < V)).to(tl.int32)
-                enough = tl.sum(held, axis=0) >= count
-                low = tl.where(enough, middle, low)
-                high = tl.where(enough, high, middle - 1)
-        least = low
+                more, _ = _above(
+                    middle - 1, s, b, at, x_at, end, peak, temperature, V, UNIT, BLOCK
+                )
+                low = tl.where(more >= count, middle, low)
+                high = tl.where(more >= count, high, middle - 1)
         if mass < 1.0:
-            total = tl.zeros((BLOCK,), tl.float32)
-            for start in range(0, V, BLOCK):
-                s, b = _scores(x_at, start + v, temperature, V, UNIT)
-                total += tl.where(b >= least, tl.exp((s - peak) / UNIT), 0.0)
-            wanted = mass * tl.sum(total, axis=0)
-            high = highest
-            above = 0.0
+            total = tl.load(facts + row * 2 + 1)
+            if count > 0.0:
+                _, total = _above(low - 1, s, b, at, x_at, end, peak, temperature, V, UNIT, BLOCK)
+            wanted = mass * total
+            high = _key(peak).to(tl.int64)
             while low < high:
                 middle = (low + high) >> 1
-                larger = tl.zeros((BLOCK,), tl.float32)
-                for start in range(0, V, BLOCK):
-                    s, b = _scores(x_at, start + v, temperature, V, UNIT)
-                    larger += tl.where(b > middle, tl.exp((s - peak) / UNIT), 0.0)
-                fits = tl.sum(larger, axis=0) < wanted
-                high = tl.where(fits, middle, high)
-                low = tl.where(fits, low, middle + 1)
-            equal = tl.zeros((BLOCK,), tl.int32)
-            larger = tl.zeros((BLOCK,), tl.float32)
-            for start in range(0, V, BLOCK):
-                s, b = _scores(x_at, start + v, temperature, V, UNIT)
-                larger += tl.where(b > low, tl.exp((s - peak) / UNIT), 0.0)
-                equal += ((b == low) & (start + v < V)).to(tl.int32)
-            above = tl.sum(larger, axis=0)
-            alike = tl.sum(equal, axis=0)
-            bits = tl.where(low < 0, low ^ 0x7FFFFFFF, low).to(tl.int32)
-            weight = tl.exp((bits.to(tl.float32, bitcast=True) - peak) / UNIT)
-            room = tl.ceil((wanted - above) / weight)
+                _, larger = _above(middle, s, b, at, x_at, end, peak, temperature, V, UNIT, BLOCK)
+                high = tl.where(larger < wanted, middle, high)
+                low = tl.where(larger < wanted, low, middle + 1)
+            more, larger = _above(low, s, b, at, x_at, end, peak, temperature, V, UNIT, BLOCK)
+            alike, _ = _above(low - 1, s, b, at, x_at, end, peak, temperature, V, UNIT, BLOCK)
+            alike -= more
+            room = tl.ceil((wanted - larger) / tl.exp((_score(low) - peak) / UNIT))
             kept = tl.minimum(tl.maximum(room, 1.0), alike.to(tl.float32)).to(tl.int32)
             if kept < alike:
                 left = 0
                 right = V
                 while left < right:
                     middle = (left + right) // 2
-                    equal = tl.zeros((BLOCK,), tl.int32)
-                    for start in range(0, V, BLOCK):
-                        at = start + v
-                        s, b = _scores(x_at, at, temperature, V, UNIT)
-                        equal += ((b == low) & (at >= middle) & (at < V)).to(tl.int32)
-                    few = tl.sum(equal, axis=0) <= kept
-                    right = tl.where(few, middle, right)
-                    left = tl.where(few, left, middle + 1)
+                    equal = ((b == low) & (at >= middle) & (at < V)).to(tl.int32)
+                    for start in range(BLOCK, end, BLOCK):
+                        after = start + v
+                        each, key = _scores(x_at, after, temperature, V, UNIT)
+                        equal += ((key == low) & (after >= middle) & (after < V)).to(tl.int32)
+                    fits = tl.sum(equal, axis=0) <= kept
+                    right = tl.where(fits, middle, right)
+                    left = tl.where(fits, left, middle + 1)
                 begin = left
-        bits = tl.where(low < 0, low ^ 0x7FFFFFFF, low).to(tl.int32)
-        limit = bits.to(tl.float32, bitcast=True)
+        limit = _score(low)
         if share > 0.0:
             floor = peak + tl.log(share) * UNIT
             begin = tl.where(floor > limit, 0, begin)

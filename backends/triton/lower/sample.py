@@ -1,4 +1,4 @@
-"""Tokens chosen from logits: what is left out of a row, the best of its parts, the best of all."""
+"""Tokens chosen from logits: what is left out of rows, the best of their parts, the best of all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ UNIT = 2.0**-17
 
 
 def sample(ctx: Context, node: Node) -> None:
-    """Append the three launches; limits are looked for only where a sequence has some."""
+    """Append the four launches; limits are looked for only where a sequence has some."""
     logits, sampling, seeds = ctx.operands(node)
     logits, rows, stride = ctx.rows(logits)
     width, each = int(logits.shape[-1]), node.output.type.shape[1]  # type: ignore[arg-type]
@@ -26,9 +26,14 @@ def sample(ctx: Context, node: Node) -> None:
     place = ctx.make(kind.with_dtype(DType.i32).with_shape(shape))
     row: dict[str, Given] = {"logits": logits, "sampling": ctx.dense(sampling), "L": each}
     row |= {"l_row": stride, "V": width, "LEAST": LEAST, "UNIT": UNIT}
-    row |= {"limits": limits, "first": first}
-    ctx.launch("sample:sample_limits", (rows,), {**row, "BLOCK": walk.columns}, walk)
-    given = {**row, "seeds": ctx.dense(seeds), "best": best, "place": place, "BLOCK": block}
+    kept: dict[str, Given] = {"limits": limits, "first": first}
+    whole = kind.with_dtype(DType.i32)
+    few: dict[str, Given] = {"places": ctx.make(whole.with_shape((rows, walk.columns)))}
+    few |= {"listed": ctx.make(whole), "BLOCK": walk.columns}
+    few |= {"facts": ctx.make(kind.with_dtype(DType.f32).with_shape((rows, 2)))}
+    ctx.launch("sample:sample_shortlist", (rows,), {**row, **few}, walk)
+    ctx.launch("sample:sample_limits", (rows,), {**row, **few, **kept}, walk)
+    given = {**row, **kept, "seeds": ctx.dense(seeds), "best": best, "place": place, "BLOCK": block}
     ctx.launch("sample:sample_parts", (rows, parts), given, tile)
     last: dict[str, Given] = {"best": best, "place": place, "ids": ctx.result(node)}
     last |= {"PARTS": parts, "PADDED": next_power(parts)}
