@@ -32,12 +32,13 @@ from tests.backends.canonical_lm import Sizes, canonical_lm
 
 pytest.importorskip("triton")
 
-ROWS, VOCABS = 24, (70, 9000)
+ROWS, VOCABS = 36, (70, 9000)
 CHOICES = [
     Choice(1.0), Choice(0.6, 5), Choice(1.3, 0, 0.7), Choice(2.0, 40, 0.9, 0.05), Choice(),
     Choice(1.0, 0, 1.0, 0.2), Choice(0.9, 1), Choice(1.0, 0, 0.0), Choice(3.0, 200, 0.5),
     Choice(1e-6, 3), Choice(0.8, 0, 0.999999), Choice(1.0, 3, 0.5, 1.0), Choice(1e-5),
     Choice(2e-5, 3, 0.9), Choice(1e-5, 0, 1.0, 0.3),
+    Choice(90.0, 6000), Choice(90.0, 0, 0.5), Choice(90.0, 5000, 0.7),
 ]  # fmt: skip
 
 
