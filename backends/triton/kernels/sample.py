@@ -20,7 +20,6 @@ A row whose largest logit is no finite number, as where one is NaN, gives -1: it
 import triton
 import triton.language as tl
 
-
 LOWEST = tl.constexpr(-2139095041)
 """The integer of minus infinity."""
 
@@ -180,9 +179,7 @@ def sample_limits(
         if count > 0.0:
             while low < high:
                 middle = (low + high + 1) >> 1
-                more, _ = _above(
-                    middle - 1, s, b, at, x_at, end, peak, temperature, V, UNIT, BLOCK
-                )
+                more, _ = _above(middle - 1, s, b, at, x_at, end, peak, temperature, V, UNIT, BLOCK)
                 low = tl.where(more >= count, middle, low)
                 high = tl.where(more >= count, high, middle - 1)
         if mass < 1.0:
@@ -209,7 +206,7 @@ def sample_limits(
                     equal = ((b == low) & (at >= middle) & (at < V)).to(tl.int32)
                     for start in range(BLOCK, end, BLOCK):
                         after = start + v
-                        each, key = _scores(x_at, after, temperature, V, UNIT)
+                        _each, key = _scores(x_at, after, temperature, V, UNIT)
                         equal += ((key == low) & (after >= middle) & (after < V)).to(tl.int32)
                     fits = tl.sum(equal, axis=0) <= kept
                     right = tl.where(fits, middle, right)
