@@ -25,7 +25,7 @@ from dsc.backends.triton import choices
 from dsc.backends.triton.blocks import INTERPRET
 from dsc.backends.triton.compile import compile_kernels, require_triton
 from dsc.backends.triton.context import template
-from dsc.backends.triton.dependent import takes, waiting
+from dsc.backends.triton.dependent import as_compiled
 from dsc.backends.triton.devices import CARDS, LAUNCH_SECONDS
 from dsc.backends.triton.launch import LaunchProgram
 from dsc.backends.triton.lower import reason
@@ -242,8 +242,8 @@ def _compiled(
     program: LaunchProgram, target: Target, texts: Mapping[str, str], options: EmitOptions
 ) -> dict[str, bytes]:
     """Binaries and their records, of a plan's kernels and of the probes, by file name."""
-    if takes(target) and options.extra.get("dependent", True):
-        texts = waiting(texts, program.kernels.values())
+    if options.extra.get("dependent", True):
+        texts = as_compiled(texts, program.kernels.values(), target)
     binaries, records = compile_kernels(program.kernels, target, texts, options.progress)
     probes, facts = compile_kernels(probe_kernels(target), target, PROBE_TEXT)
     told = {"kernels.json": records, PROBES: facts}

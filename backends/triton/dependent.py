@@ -30,6 +30,13 @@ def takes(target: Target) -> bool:
     return target.kind == "cuda" and int(target.arch.removeprefix("sm_")) >= FIRST
 
 
+def as_compiled(
+    sources: Mapping[str, str], kernels: Iterable[Kernel], target: Target
+) -> Mapping[str, str]:
+    """The sources by module as kernels of a target are made of: they wait where it takes that."""
+    return waiting(sources, kernels) if takes(target) else sources
+
+
 def waiting(sources: Mapping[str, str], kernels: Iterable[Kernel]) -> dict[str, str]:
     """The sources by module, in which each of the kernels waits for the launch before its own."""
     found, named = dict(sources), {(k.module, k.function) for k in kernels}

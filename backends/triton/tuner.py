@@ -21,7 +21,7 @@ from dsc.backends.triton import choices
 from dsc.backends.triton.backend import FOLDER, with_templates
 from dsc.backends.triton.choices import triton_version
 from dsc.backends.triton.compile import compile_each, has_triton, require_triton
-from dsc.backends.triton.dependent import takes, waiting
+from dsc.backends.triton.dependent import as_compiled
 from dsc.backends.triton.device import DeviceExecutable, driver_of
 from dsc.backends.triton.launch import Kernel, LaunchProgram
 from dsc.backends.triton.program import Lowered, lowered_program
@@ -104,9 +104,9 @@ class Tuner:
     def _compile(
         self, kernels: Mapping[str, Kernel], lowered: Lowered
     ) -> tuple[Mapping[str, bytes], Mapping[str, Any], Mapping[str, str]]:
-        texts = with_templates(lowered.program, lowered.sources)
-        if self._dependent and takes(self.target):
-            texts = waiting(texts, lowered.program.kernels.values())
+        texts: Mapping[str, str] = with_templates(lowered.program, lowered.sources)
+        if self._dependent:
+            texts = as_compiled(texts, lowered.program.kernels.values(), self.target)
         return compile_each(kernels, self.target, texts, self.progress)
 
     def prepare(self) -> Tuned:
