@@ -52,8 +52,6 @@ RESULTS = OUT / "onnx_folders.jsonl"
 CONVERTED = {"fp8-block as int8": "int8", "fp8-block as int4": "int4"}
 """FP8 that is made what `--quant` says on the way."""
 INTEGERS = tuple(name for name in KEPT if isinstance(LAYOUTS[name].store, Integers))
-WHOLE_ROWS = 128
-"""Columns that share one of a row's equal scales, where it is stored once."""
 
 
 # --- what is due ----------------------------------------------------------------------------------

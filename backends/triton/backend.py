@@ -60,7 +60,7 @@ EXPERTS = ExpertKernels(
     launch=round(CARD.bandwidth * LAUNCH_SECONDS),
 )  # fmt: skip
 """As one card has it, for all: the order of magnitude decides."""
-FEW = 4
+FEW_SEQUENCES = 4
 """Sequences of a decode step whose products norm their rows, and of which each has its experts."""
 FORMATS = ("i8", "i4", "f8e4m3")
 """Codes of weights that kernels read as they are stored."""
@@ -89,7 +89,7 @@ class TritonBackend:
         return Capabilities(
             options=("compile", "dependent", "tune"),
             states=(Storage.CONTIGUOUS, Storage.GROWN, Storage.PAGED),
-            few=FEW,
+            few=FEW_SEQUENCES,
             experts=EXPERTS,
             shared_experts=True,
             absorbed=True,

@@ -14,7 +14,7 @@ from dsc.backends.triton.compile import kernel_environment
 from dsc.backends.triton.launch import runnable, sampled
 from dsc.backends.triton.timed import timed_run
 from dsc.backends.triton.worker import INTERPRETED, read_frame, write_frame
-from dsc.errors import ArtifactError
+from dsc.errors import ArtifactError, DeviceError
 from dsc.ir.arrays import Array, empty
 from dsc.ir.graph import Graph
 from dsc.ir.program import Program
@@ -23,6 +23,8 @@ from dsc.ir.types import DType
 from dsc.runtime.admission import Admitted, moved_on
 from dsc.runtime.plan import Plan
 from dsc.runtime.profiler import active, lengths_of
+
+AGAIN = "load the artifact again; a machine out of memory ends processes that take much of it"
 
 
 class InterpretedExecutable(Admitted):
@@ -111,9 +113,10 @@ class InterpretedExecutable(Admitted):
                 self._process.kill()
                 self._process.wait()
                 raise
-        if answer is None or "error" in answer[0]:
-            detail = "the process ended" if answer is None else answer[0]["error"]
-            raise RuntimeError(f"interpreting {entry} failed: {detail}")
+        if answer is None:
+            raise DeviceError(f"the process that interprets {entry} ended", hint=AGAIN)
+        if "error" in answer[0]:
+            raise RuntimeError(f"interpreting {entry} failed: {answer[0]['error']}")
         self._told(answer[0])
         return answer[1], answer[0]["times"]
 

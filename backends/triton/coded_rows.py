@@ -35,7 +35,7 @@ from dsc.ir.formats import CODINGS
 from dsc.ir.types import DType, TensorType
 from dsc.ir.views import View
 
-FEW = 64
+CODED_ROWS = 64
 """Rows that a product makes codes of by itself."""
 
 _MULTIPLIED = {"e4m3fn": DType.f8e4m3, "e4m3fnuz": DType.f8e4m3fnuz, "": DType.f16}
@@ -83,7 +83,7 @@ class RowCodes:
     @property
     def ahead(self) -> bool:
         """Whether rows become codes in a launch of their own."""
-        return self.rows > FEW
+        return self.rows > CODED_ROWS
 
     def tile(self, ctx: Context, tile: Tile) -> Tile:
         """The tile whose steps along k are what shares a scale."""

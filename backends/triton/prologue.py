@@ -36,7 +36,7 @@ from dsc.ir.views import View
 if TYPE_CHECKING:
     from dsc.backends.triton.context import Context, Given
 
-FEW = 8
+NORMED_ROWS = 8
 """Rows of which each program makes all by itself."""
 
 

@@ -19,7 +19,7 @@ from dsc.backends.triton.client import InterpretedExecutable
 from dsc.backends.triton.launch import Kernel
 from dsc.backends.triton.program import lower_program
 from dsc.backends.triton.schedule import resolve
-from dsc.errors import UsageError
+from dsc.errors import DeviceError, UsageError
 from dsc.ir.dims import Range, symbol
 from dsc.ir.graph import GraphBuilder
 from dsc.ir.program import Program
@@ -59,7 +59,7 @@ def test_the_answer_to_a_call_that_was_interrupted_is_nobody_elses(
         patched.setattr(client, "read_frame", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(2)
-    with pytest.raises(RuntimeError, match="interpreting main failed: the process ended"):
+    with pytest.raises(DeviceError, match="the process that interprets main ended"):
         run(3)
 
 

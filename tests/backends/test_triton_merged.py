@@ -14,7 +14,7 @@ import torch
 from dsc.backends.triton.access import TracedExecutable
 from dsc.backends.triton.backend import with_templates
 from dsc.backends.triton.program import lower_program
-from dsc.backends.triton.prologue import FEW
+from dsc.backends.triton.prologue import NORMED_ROWS
 from dsc.backends.triton.schedule import resolve
 from dsc.backends.triton.worker import INTERPRETED
 from dsc.ir.graph import Graph
@@ -101,9 +101,9 @@ TEXTS: dict[str, tuple[int, str]] = {
       %y = linear %a, %w : bf16[3,1,33]
       return %y
     }"""),
-    "norm of many rows": (2, f"""(%x: f32[{FEW + 1},70], %g: f32[70], %w: f32[33,70]) {{
-      %a = rms_norm %x, %g {{eps=1e-06}} : f32[{FEW + 1},70]
-      %y = linear %a, %w : f32[{FEW + 1},33]
+    "norm of many rows": (2, f"""(%x: f32[{NORMED_ROWS + 1},70], %g: f32[70], %w: f32[33,70]) {{
+      %a = rms_norm %x, %g {{eps=1e-06}} : f32[{NORMED_ROWS + 1},70]
+      %y = linear %a, %w : f32[{NORMED_ROWS + 1},33]
       return %y
     }}"""),
 }  # fmt: skip

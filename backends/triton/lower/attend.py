@@ -8,7 +8,7 @@ from dsc.backends.triton.blocks import ceil_div, next_power, powers, spelled
 from dsc.backends.triton.context import Context, Given
 from dsc.backends.triton.lower.cached import Cache, reader, widened
 from dsc.backends.triton.lower.contract import Product, emit_gemm
-from dsc.backends.triton.prologue import FEW, Spans, Turned
+from dsc.backends.triton.prologue import NORMED_ROWS, Spans, Turned
 from dsc.backends.triton.slots import Slot, Slots
 from dsc.backends.triton.wanted import Wanted
 from dsc.ir import views
@@ -190,7 +190,9 @@ def latent_attention(ctx: Context, node: Node) -> None:
     tile = place.tile(ctx.blocks.latent(*sizes, coded, ctx.limit(s), of))
     head_tiles, most = -(-heads // tile.m), tile.spans
     spans, rows = _spans(ctx, most, b), product((b, s))
-    merged = ctx.merges.get(node.output.name) is False and ctx.limit(rows) <= FEW and most > 1
+    merged = (
+        ctx.merges.get(node.output.name) is False and ctx.limit(rows) <= NORMED_ROWS and most > 1
+    )
     out = None if merged else ctx.result(node)
     partial = lse = None
     apart = 0

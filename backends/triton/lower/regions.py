@@ -23,7 +23,7 @@ from dsc.backends.triton.lower.contract import (
 )
 from dsc.backends.triton.lower.moe import emit_combine, emit_experts
 from dsc.backends.triton.pointwise import FLOAT_ONLY, TYPES, has_formula
-from dsc.backends.triton.prologue import FEW, Normed, Taken, Turned
+from dsc.backends.triton.prologue import NORMED_ROWS, Normed, Taken, Turned
 from dsc.backends.triton.rows import ALONG_ROWS, RowKernel
 from dsc.backends.triton.slots import PLAIN, Slots
 from dsc.backends.triton.wanted import CodedTarget, Wanted
@@ -79,7 +79,11 @@ def lower(ctx: Context, node: Node) -> None:
 def _waits(ctx: Context, node: Node) -> bool:
     """Leave a norm of few rows to the product that reads them first, where there is one."""
     shared, shape = ctx.merges.get(node.output.name), node.output.type.shape
-    if shared is None or not isinstance(shape[-1], int) or ctx.limit(product(shape[:-1])) > FEW:
+    if (
+        shared is None
+        or not isinstance(shape[-1], int)
+        or ctx.limit(product(shape[:-1])) > NORMED_ROWS
+    ):
         return False
     rows, gain = ctx.operands(node)
     rows, gain = ctx.rows(rows)[0], ctx.dense(gain)
