@@ -1,8 +1,8 @@
-"""All kernels of the 671B in FP8, for each target by itself: seconds, memory, spills, instructions.
+"""All kernels of the 671B, for each target by itself: seconds, memory, spills, instructions.
 
-    python -m bench.triton_targets [TARGET ...] [-- OPTION ...]
+    python -m bench.triton_targets [TARGET ...] [--quant {fp8,none,int4,int8}] [-- OPTION ...]
 
-Options are those of `dsc compile`, such as `--max-batch 64`.
+Options are those of `dsc compile`, such as `--max-batch 64`. Weights are FP8 if nothing is said.
 A target is compiled into an empty cache, twice: the first makes every kernel, the second finds
 them. Seconds are the process's, the first without tracing, which is the same for all; memory is
 what it and the processes that it starts hold together, read ten times a second. `models/v3.py` has
@@ -11,6 +11,7 @@ no weights here, and no GPU is asked.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -25,26 +26,36 @@ from dsc.targets import KNOWN
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = tuple(f"{kind}:{arch}" for kind, archs in KNOWN.items() for arch in archs)
-MODEL = ("models/v3.py", "--config", "671b", "--weights", "none", "--quant", "fp8")
+MODEL = ("models/v3.py", "--config", "671b", "--weights", "none")
 COLD_S, WARM_S, BYTES = 120.0, 15.0, 4 << 30
 LARGE = 64
-"""Rows of a tile from which on FP8 is multiplied by FP8 units, where a target has them."""
+"""Rows of a tile from which on what multiplies is looked at."""
+QUANTS = ("fp8", "none", "int4", "int8")
 UNITS: Mapping[str, str] = {
     "sm_80": "mma.sync f16", "sm_86": "mma.sync f16", "sm_89": "mma.sync e4m3",
     "sm_90": "wgmma e4m3", "sm_100": "tcgen05 f8f6f4", "sm_120": "mma.sync e4m3",
     "gfx942": "v_mfma fp8_fp8", "gfx950": "v_mfma f8f6f4",
 }  # fmt: skip
 """What multiplies rows in FP8 by weights in FP8 in tiles of `LARGE` rows and more."""
+PLAIN_UNITS: Mapping[str, str] = {
+    "sm_80": "mma.sync bf16", "sm_86": "mma.sync bf16", "sm_89": "mma.sync bf16",
+    "sm_90": "wgmma bf16", "sm_100": "tcgen05 f16", "sm_120": "mma.sync bf16",
+    "gfx942": "v_mfma bf16", "gfx950": "v_mfma bf16",
+}  # fmt: skip
+"""What multiplies rows in bf16, attention's too; weights in codes were made numbers before."""
 
 
-def measure(targets: Sequence[str] = TARGETS, options: Sequence[str] = ()) -> dict[str, Any]:
+def measure(
+    targets: Sequence[str] = TARGETS, options: Sequence[str] = (), quant: str = "fp8"
+) -> dict[str, Any]:
     """The figures of each target, and whether they hold."""
-    found = {target: measured(target, options) for target in targets}
+    found = {target: measured(target, options, quant) for target in targets}
     return {"ok": all(each["ok"] for each in found.values()), **found}
 
 
-def measured(target: str, options: Sequence[str]) -> dict[str, Any]:
+def measured(target: str, options: Sequence[str], quant: str) -> dict[str, Any]:
     """A cold and a warm compile for one target, and what its binaries say."""
+    options, fp8 = ["--quant", quant, *options], quant == "fp8"
     with tempfile.TemporaryDirectory(prefix="dsc-targets-") as place:
         folder = Path(place)
         cold, warm = (compiled(target, folder, options) for _ in range(2))
@@ -53,15 +64,15 @@ def measured(target: str, options: Sequence[str]) -> dict[str, Any]:
         records = json.loads((folder / "out" / "triton" / arch / "kernels.json").read_text())
         plan = json.loads((folder / "out" / "triton" / arch / "plan.json").read_text())
     spilled = sorted(key for key, record in records.items() if record["spill_bytes"])
-    others = sorted(
-        key for key in large_products(plan["meta"]["kernels"])
-        if UNITS[arch] not in records[key]["matrix"]
-    )  # fmt: skip
+    large = large_products(plan["meta"]["kernels"], fp8)
+    units = (UNITS if fp8 else PLAIN_UNITS)[arch]
+    others = sorted(key for key in large if units not in records[key]["matrix"])
     seconds = round(cold["seconds"] - cold["phases"].get("tracing", 0.0), 1)
     ok = seconds <= COLD_S and warm["seconds"] <= WARM_S and cold["bytes"] <= BYTES
     return {
         "ok": ok and not spilled and not others,
         "kernels": len(records),
+        "large_products": len(large),
         "artifact_bytes": stored,
         "cold_s": seconds,
         "warm_s": round(warm["seconds"], 1),
@@ -72,12 +83,13 @@ def measured(target: str, options: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def large_products(kernels: Mapping[str, Any]) -> list[str]:
-    """Keys of the products of rows in FP8 by weights in FP8 whose tiles have `LARGE` rows."""
+def large_products(kernels: Mapping[str, Any], fp8: bool) -> list[str]:
+    """Keys of what multiplies in tiles of `LARGE` rows; in FP8 of rows and weights in FP8 alone."""
     return [
         key
         for key, kernel in kernels.items()
-        if "f8e4m3_rows" in kernel["function"] and kernel["constants"].get("BLOCK_M", 0) >= LARGE
+        if kernel["constants"].get("BLOCK_M", 0) >= LARGE
+        and (not fp8 or "f8e4m3_rows" in kernel["function"])
     ]
 
 
@@ -123,4 +135,9 @@ def resident(pid: int) -> int:
 if __name__ == "__main__":
     given = [*sys.argv[1:], "--"]
     end = given.index("--")
-    print(json.dumps(measure(given[:end] or TARGETS, given[end + 1 : -1]), indent=1))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("targets", nargs="*", default=TARGETS, metavar="TARGET")
+    parser.add_argument("--quant", choices=QUANTS, default=QUANTS[0])
+    asked = parser.parse_args(given[:end])
+    found = measure(asked.targets, given[end + 1 : -1], asked.quant)
+    print(json.dumps(found, indent=1))
