@@ -56,7 +56,7 @@ CASES: dict[str, list[str]] = {
     "gather": ["f32[7,{b}], i64[{a},{b}] {{axis=0}}"],
     "take": ["f32[{a},6,{b}], i64[{c},2] {{axis=1}}", "f32[{a}], i64[] {{axis=-1}}"],
     "select_rows": ["f32[{a},{b},{c}], i64[{a},{d}]"],
-    "sample": ["f32[{a},{b},9], f32[{a},4], i64[{a},2]"],
+    "sample": ["f32[{a},{b},9], f32[{a},4]=1, i64[{a},2]"],
     "full": [" {{shape=[{a},{b}], value=-inf, dtype=bf16}}",
              " {{shape=[], value=3.0, dtype=i64}}"],
     "arange": [" {{start={a}, end={a}, dtype=i32}}", " {{start=0, end={b}, dtype=f32}}"],
@@ -180,7 +180,7 @@ def check_run(graph: Graph, text: str, bounds: list[int | None]) -> None:
     """Run a one-call graph on samples: the interpreter holds results to the inferred types."""
     inputs = sample_inputs(graph, {}, seed=len(text))
     for value, bound in zip(graph.inputs, bounds, strict=True):
-        if bound is not None:  # integers that the operator bounds otherwise than by a table
+        if bound is not None:  # numbers that the operator bounds otherwise than by a table
             inputs[value.name] = inputs[value.name].clamp(0, bound)
     run_graph(graph, list(inputs.values()))
 

@@ -28,6 +28,6 @@ sample = op(
     doc="The token that each row of logits gives: the likeliest, or a drawn one; -1 where one logit"
     " is NaN or the largest infinite. `sampling` has temperature, top-k, top-p and min-p of each"
     " sequence, `seeds` its key and the number of its first draw (`dsc.ir.choosing`).",
-    example="f32[2,3,9], f32[2,4], i64[2,2]=9",
+    example="f32[2,3,9], f32[2,4]=1, i64[2,2]=9",
     gives={0: Within("-1", "v-1")},
 )
