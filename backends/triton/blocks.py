@@ -465,7 +465,7 @@ class Blocks:
 
     def limits(self, columns: int) -> RowTile:
         """Columns of a row that are looked at at once for what sampling leaves out."""
-        return RowTile(1, self._rows(1, min(columns, 4096)).columns, 8)
+        return RowTile(1, self._rows(1, min(columns, 4096)).columns, 16)
 
     @property
     def _kind(self) -> str:
